@@ -41,7 +41,7 @@ class StopRequest:
         def listen(event: Event) -> None:
             # Ticks and stages come between two pieces of work. Other events carry results (metrics, a checkpoint), and
             # stopping there would lose them.
-            self.check(heed=isinstance(event, Tick | Stage))
+            self.check(may_stop=isinstance(event, Tick | Stage))
             # Ticks come from passes that all runs share, where `Dropped` would end the others too.
             if lease and not isinstance(event, Tick) and is_past(lease):
                 raise Dropped("The lease of this run is past.")
@@ -49,11 +49,11 @@ class StopRequest:
 
         return listen
 
-    def check(self, *, heed: bool) -> None:
-        """Exit if all leases are past their deadline. Raise `Stopped` if a stop was asked for and `heed` is true."""
+    def check(self, *, may_stop: bool) -> None:
+        """Exit if all leases are past their deadline. Raise `Stopped` if `may_stop` and a stop was asked for."""
         if self.leases and all(map(is_past, self.leases)):
             os._exit(LEASE_LOST)
-        if self.asked and heed:
+        if self.asked and may_stop:
             raise Stopped("The run was asked to stop.")
 
 

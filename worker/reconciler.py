@@ -79,10 +79,10 @@ def admit() -> bool:
 
 def _consider(job_id: str) -> bool:
     with session_scope() as session:
-        verdict = consider(session, job_id)
+        decision = consider(session, job_id)
         session.commit()
-    log.info("considered", job_id=job_id, verdict=verdict)
-    return verdict != "waiting"
+    log.info("considered", job_id=job_id, decision=decision)
+    return decision != "waiting"
 
 
 def announce() -> bool:

@@ -50,12 +50,12 @@ def run_job(job_id: str) -> None:
     with bound_contextvars(jobs=[job.id for job in claimed]), ExitStack() as exits:
         for job in claimed:
             exits.enter_context(traces.span("run", job.traceparent, job=job.id, attempt=job.attempts))
-        members = [exits.enter_context(JobWriter(job)) for job in claimed]
-        wait([member.prepare() for member in members])
-        ready = {member: member.paths for member in members if member.paths is not None}
+        writers = [exits.enter_context(JobWriter(job)) for job in claimed]
+        wait([writer.prepare() for writer in writers])
+        ready = {writer: writer.paths for writer in writers if writer.paths is not None}
         if ready:
             _train(list(ready), list(ready.values()))
-    # After the members have closed, because a lease must not be held while the GPU is examined.
+    # After the writers have closed, because a lease must not be held while the GPU is examined.
     gpu_health.get_slot_health().wait_until_healthy(
         _gpus(), unhealthy_file(os.getppid(), _slot()), is_leaving=_is_leaving
     )
@@ -77,7 +77,7 @@ def _claim() -> list[Job]:
     return claimed
 
 
-def _train(members: Sequence[JobWriter], run_paths: Sequence[RunPaths]) -> None:
+def _train(writers: Sequence[JobWriter], run_paths: Sequence[RunPaths]) -> None:
     settings = get_settings()
     watchdog = Watchdog(settings.silence_seconds, extra=LATER)
     gpu_health.get_slot_health().note_start()
@@ -85,14 +85,14 @@ def _train(members: Sequence[JobWriter], run_paths: Sequence[RunPaths]) -> None:
     def on_event(event: Event) -> None:
         watchdog.reset(event)
         gpu_health.get_slot_health().note_event(event)
-        members[event.member].write_event(event)
+        writers[event.member].write_event(event)
 
     def should_stop() -> StopReason:
-        if all(member.is_over for member in members) and any(member.is_lost for member in members):
+        if all(writer.is_over for writer in writers) and any(writer.is_lost for writer in writers):
             return "lost"
         if watchdog.is_overdue():  # because a GPU or its driver hangs
             return "hangs"
-        pausing = any(member.is_pausing and not member.is_over for member in members)
+        pausing = any(writer.is_pausing and not writer.is_over for writer in writers)
         return "drain" if pausing or _is_leaving() else ""
 
     try:
@@ -106,14 +106,14 @@ def _train(members: Sequence[JobWriter], run_paths: Sequence[RunPaths]) -> None:
         )
     except Exception as error:
         log.exception("the worker failed")
-        wait([member.abort(error) for member in members])
+        wait([writer.abort(error) for writer in writers])
         return
-    gpu_health.get_slot_health().note_end(outcome, members=len(members))
+    gpu_health.get_slot_health().note_end(outcome, members=len(writers))
     if outcome.returncode and not outcome.stopped:
         log.error("the run ended badly", returncode=outcome.returncode, stderr=outcome.stderr_tail)
     # A pause of one job stops the process of all. The others are requeued with a checkpoint, too.
     reason = "The worker is shutting down" if _is_leaving() else "The run was stopped for a pause"
-    wait([member.finish(outcome, reason) for member in members])
+    wait([writer.finish(outcome, reason) for writer in writers])
 
 
 def _slot() -> int:

@@ -170,7 +170,8 @@ def models_inspect(
     if root is not None and not is_root(root):
         raise Problem(f"--root must be OWNER/NAME, or {LOCAL}NAME of a base that is on no hub (got {root[:80]!r}).")
     if find_spec("torch") is None:
-        raise Problem("a base model is inspected with torch, which is not installed here: run this where a worker runs.")
+        text = "a base model is inspected with torch, which is not installed here: run this where a worker runs."
+        raise Problem(text)
     command = [sys.executable, "-m", "lorainit", "inspect", source, *([] if root is None else [f"--root={root}"])]
     answer = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if answer.returncode:

@@ -204,14 +204,14 @@ def _confirmation(found: Results) -> Confirmation | None:
 
 
 def _rows(found: Results) -> list[ExperimentRow]:
-    return [_row(found, row, place) for place, row in enumerate(found.ranking.rows, start=1)]
+    return [_row(found, row, position) for position, row in enumerate(found.ranking.rows, start=1)]
 
 
-def _row(found: Results, row: Row, place: int) -> ExperimentRow:
+def _row(found: Results, row: Row, position: int) -> ExperimentRow:
     chosen = found.list_chosen(row)
     init, rank = cast(Treatment, row.treatment)
     return ExperimentRow(
-        rank=place,
+        rank=position,
         tied_with_best=row.tied_with_best,
         name=found.names[init, rank],
         init=found.experiment.request["grid"]["init"][init],

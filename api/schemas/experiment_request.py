@@ -39,7 +39,7 @@ def _refuse_auto(init: Init) -> Init:
 
 
 def _refuse_doubles(values: list[Any]) -> list[Any]:
-    double = next((value for place, value in enumerate(values) if value in values[:place]), None)
+    double = next((value for index, value in enumerate(values) if value in values[:index]), None)
     if double is not None:
         raise _fault("invalid_value", f"holds {double!r} twice: each value once.")
     return values
@@ -164,19 +164,19 @@ class ExperimentRequest(Strict):
         """The adapter of each treatment."""
         ranks = self.grid.ranks or [self.job.lora.r]
         return {
-            (place, rank): self._make_lora(place, init, rank)
-            for place, init in enumerate(self.grid.init)
+            (index, rank): self._make_lora(index, init, rank)
+            for index, init in enumerate(self.grid.init)
             for rank in ranks
         }
 
-    def _make_lora(self, place: int, init: Init, rank: int) -> Lora:
+    def _make_lora(self, index: int, init: Init, rank: int) -> Lora:
         given = {**self.job.lora.model_dump(exclude_unset=True), "init": init.model_dump(), "r": rank}
         try:
             return LoraOrder.model_validate(given).as_lora()
         except ValidationError as error:
             found = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
             fault = find_first_fault(found, given)
-            where = f"grid.init[{place}]"
+            where = f"grid.init[{index}]"
             text = f"{where} ({init.method}, rank {rank}) could not run: {fault.message}"
             raise _fault(fault.code, text, where) from error
 

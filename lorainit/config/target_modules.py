@@ -64,8 +64,8 @@ def resolve_target_modules(lora: Lora, targets: Sequence[Target], left_out: Sequ
         also += others
     # A server stores a group as a list of names, with the layers that it left out when it resolved the group. These
     # entries are kept. They are compared without full names, because older catalogue entries have none.
-    told = [_without_paths(layer) for layer in also]
-    kept = [layer for layer in lora.left_out if _without_paths(layer) not in told]
+    listed = [_without_paths(layer) for layer in also]
+    kept = [layer for layer in lora.left_out if _without_paths(layer) not in listed]
     return ResolvedTargets(list(names), also + kept)
 
 
@@ -154,8 +154,8 @@ def _refuse_name(name: str, param: str, others: Sequence[LeftOut], targets: Sequ
 
 
 def _list_reasons(others: Sequence[LeftOut]) -> str:
-    told = dict.fromkeys(f"{layer.name}: {layer.reason}" for layer in others)
-    return f" Left out: {'; '.join(told)}." if told else ""
+    reasons = dict.fromkeys(f"{layer.name}: {layer.reason}" for layer in others)
+    return f" Left out: {'; '.join(reasons)}." if reasons else ""
 
 
 def describe_left_out(left_out: Sequence[LeftOut], adapted: int) -> str:
@@ -167,8 +167,8 @@ def describe_left_out(left_out: Sequence[LeftOut], adapted: int) -> str:
     by_reason = dict[str, list[str]]()
     for layer in left_out:
         by_reason.setdefault(layer.reason, []).append(f"{layer.name} ({layer.count})")
-    told = "; ".join(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in by_reason.items())
+    reasons = "; ".join(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in by_reason.items())
     missed = sum(layer.weights for layer in left_out)
     share = 100 * missed / max(1, missed + adapted)
     percent = f"{share:.0f}" if share >= 9.5 else f"{share:.2g}" if share >= 0.01 else "less than 0.01"
-    return f"Without a LoRA, {percent} % of the matrix weights asked for: {told}."
+    return f"Without a LoRA, {percent} % of the matrix weights asked for: {reasons}."

@@ -209,9 +209,9 @@ def _find_culprit(run: Run, layers: dict[str, LoRALinear]) -> str:
 
 def _compare(run: Run, folder: Path, effect: Effect) -> dict[str, Any] | None:
     """The result of the check on a copy of the base, or None if there is no memory for one."""
-    for place in run.base.list_devices_for_copy(tokens=TOKENS, factors=run.plan.trainable_parameters):
+    for device in run.base.list_devices_for_copy(tokens=TOKENS, factors=run.plan.trainable_parameters):
         try:
-            return _compare_on(place, run, folder, effect)
+            return _compare_on(device, run, folder, effect)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -219,8 +219,8 @@ def _compare(run: Run, folder: Path, effect: Effect) -> dict[str, Any] | None:
     return None
 
 
-def _compare_on(place: torch.device, run: Run, folder: Path, effect: Effect) -> dict[str, Any]:
-    base = run.base.copy_on(place)
+def _compare_on(device: torch.device, run: Run, folder: Path, effect: Effect) -> dict[str, Any]:
+    base = run.base.copy_on(device)
     try:
         return check.check(
             base,

@@ -269,7 +269,7 @@ def _kept(found: dict[str, Tensor], way: str) -> tuple[float, float] | str:
         return _NO_GAIN
     error = float((shown - learned).std()) / len(learned) ** 0.5 / gain if len(learned) > 1 else float("inf")
     if error > MAX_ERROR:
-        return f"a gain of {gain:.2g} nats is too small to tell from rounding and chance on {len(learned)} tokens"
+        return f"a gain of {gain:.2g} nats is too small to tell from rounding and noise on {len(learned)} tokens"
     return float(shown.mean()) / gain, error
 
 
@@ -278,7 +278,7 @@ def _kept(found: dict[str, Tensor], way: str) -> tuple[float, float] | str:
 
 def _tell(facts: dict[str, Any], on_event: OnEvent) -> None:
     shares = {way: facts[f"kept_{way}_bf16"] for way in _WAYS if facts[f"kept_{way}_bf16"] is not None}
-    # Only if it loses too much even with two standard errors added, so that there is no warning by chance.
+    # Only if it loses too much even with two standard errors added, so that noise causes no warning.
     lossy = [way for way, share in shares.items() if share + 2 * facts[f"kept_{way}_bf16_error"] < 1 - TOLERATED]
     if lossy:
         text = f"{_shown({way: shares[way] for way in lossy})}: its updates are smaller than bf16 can hold. "

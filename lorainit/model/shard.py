@@ -25,7 +25,7 @@ from lorainit.model.load import build_skeleton
 from lorainit.model.sharded_load import PARAM, divisible_layers
 from lorainit.runtime.distributed.world import World
 
-ROOM = 0.8  # the share of a device's memory that the base may take; training needs the rest
+MAX_BASE_SHARE = 0.8  # the share of a device's memory that the base may take; training needs the rest
 
 
 def explain_sharding(spec: RunSpec, folder: Path, *, world: World, dtype: torch.dtype, device: torch.device) -> str:
@@ -43,7 +43,7 @@ def explain_sharding(spec: RunSpec, folder: Path, *, world: World, dtype: torch.
         return ""
     size = sum(p.numel() for p in build_skeleton(folder).parameters()) * dtype.itemsize
     memory = torch.cuda.get_device_properties(device).total_memory
-    if not world.any_rank(size > ROOM * memory, device):
+    if not world.any_rank(size > MAX_BASE_SHARE * memory, device):
         return ""
     return f"its {size / 2**30:.1f} GiB are too much for one of them"
 

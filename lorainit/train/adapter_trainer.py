@@ -140,13 +140,13 @@ class AdapterTrainer:
 
     def drop_by(self, piece: int | None) -> None:
         """Set the dropout masks of this micro-batch, or switch dropout off (None). The base has no active dropout."""
-        # The mask depends on the place in the step and not on the process that computes it, so that a run gives the
+        # The mask depends on the position in the step and not on the process that computes it, so that a run gives the
         # same numbers on another number of processes. The 0 used to be a rank. It stays, because otherwise a run that
         # began with an older version would get other masks when it resumes.
-        place = None if piece is None else piece * self.world.size + self.world.rank
+        position = None if piece is None else piece * self.world.size + self.world.rank
         for name, layer in self.run.layers.items():
             if layer.dropout.p:
-                where = f"{self.run.spec.seed}\0{self.step}\0{0}\0{place}\0{name}"
+                where = f"{self.run.spec.seed}\0{self.step}\0{0}\0{position}\0{name}"
                 layer.dropout.key = None if piece is None else where
 
     def is_poisoned(self) -> bool:

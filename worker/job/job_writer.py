@@ -127,8 +127,8 @@ class JobWriter:
             self._keeper.let_go()
         except disk_space.WaitForDiskSpace as reason:
             self._write_ending(partial(outcomes.requeue_for_disk_space, self._lease, str(reason)))
-        except disk_space.DoesNotFit as verdict:
-            self._write_ending(partial(outcomes.fail, self._lease, verdict.failure))
+        except disk_space.DoesNotFit as error:
+            self._write_ending(partial(outcomes.fail, self._lease, error.failure))
         except Exception as error:
             log.exception("the worker failed")
             self._write_ending(partial(outcomes.end_after_worker_error, self._lease, error))

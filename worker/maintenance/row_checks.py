@@ -18,7 +18,7 @@ from api.core.logs import get_logger
 from worker.maintenance import row_reader
 
 MIB = 1 << 20
-# A check that was begun so often without a verdict is not tried again, because the file may crash its reader.
+# A check that was begun so often without a result is not tried again, because the file may crash its reader.
 MAX_CHECKS = 5
 # A check that is not renewed for the first time may be taken over. A file that could not be read waits for the second.
 LEASE_SECONDS, PAUSE_SECONDS = 30.0, 10.0
@@ -77,9 +77,9 @@ class Lane:
         chunks = get_storage().read(claim.storage_key)
         seconds = compute_time_limit(claim.bytes)
         try:
-            verdict = row_reader.read(chunks, seconds=seconds, leaving=self.leaving, wanted=partial(_renew, claim))
+            result = row_reader.read(chunks, seconds=seconds, leaving=self.leaving, wanted=partial(_renew, claim))
         except FileNotFoundError:
-            return _record(claim, validation.unusable_verdict("the file's bytes are gone"))
+            return _record(claim, validation.unusable_result("the file's bytes are gone"))
         except row_reader.Unwanted:  # deleted, or taken over by another reconciler
             log.info("stopped checking a file", file_id=claim.file_id)
             return True
@@ -93,7 +93,7 @@ class Lane:
             if claim.checks == MAX_CHECKS:
                 return _record(claim, _never_ended(str(error)))
             return _release(claim, seconds=PAUSE_SECONDS, counts=True)
-        return _record(claim, verdict)
+        return _record(claim, result)
 
 
 def compute_time_limit(size: int) -> int:
@@ -108,11 +108,11 @@ def _renew(claim: Claim) -> bool:
     return ours
 
 
-def _record(claim: Claim, verdict: dict[str, object]) -> bool:
+def _record(claim: Claim, result: dict[str, object]) -> bool:
     with session_scope() as session:
-        written = validation.record_verdict(session, claim, verdict)
+        written = validation.record_result(session, claim, result)
         session.commit()
-    log.info("checked a file", file_id=claim.file_id, status=verdict["status"], written=written)
+    log.info("checked a file", file_id=claim.file_id, status=result["status"], written=written)
     return True
 
 
@@ -124,7 +124,7 @@ def _release(claim: Claim, *, seconds: float, counts: bool) -> bool:
 
 
 def _never_ended(why: str) -> dict[str, object]:
-    return validation.unusable_verdict(
+    return validation.unusable_result(
         f"checking its rows was begun {MAX_CHECKS} times and never came to an end ({why})"
     )
 

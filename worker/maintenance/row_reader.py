@@ -1,8 +1,8 @@
 """Runs the child that checks the rows of one file (`lorainit.data.formats.row_check`): sends it the bytes, reads its
-output, and derives the verdict.
+output, and derives the result.
 
 The bytes go through a pipe, so the child needs no credentials and uses no time while it waits for them. A file is bad
-if the child runs out of time or memory or crashes. If somebody else ended the child, there is no verdict. This module
+if the child runs out of time or memory or crashes. If somebody else ended the child, there is no result. This module
 knows neither database nor storage.
 """
 
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from api.core.devices.run_environment import make_environment_without_secrets
-from api.core.files.validation import unusable_verdict
+from api.core.files.validation import unusable_result
 
 MAX_BYTES = 1 << 30  # of memory; the worst lines of 8 MB that are known need less (benchmarks/row_checks.py)
 BEAT_SECONDS, TICK_SECONDS = 5.0, 0.2  # the first well below a claim's 30 seconds, so that it is renewed in time
@@ -27,7 +27,7 @@ _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, s
 
 
 class Unwanted(Exception):
-    """The verdict is not needed any more."""
+    """The result is not needed any more."""
 
 
 class Leaving(Exception):
@@ -58,7 +58,7 @@ def read(
 
     Raises:
         FileNotFoundError: there are no bytes.
-        Unwanted, Leaving, Unreadable, Interrupted: there is no verdict.
+        Unwanted, Leaving, Unreadable, Interrupted: there is no result.
     """
     watch = _Waiting(leaving, wanted, idle_seconds=60.0 + 10.0 * seconds)
     with _start_child([*program, str(seconds), str(MAX_BYTES)]) as child:
@@ -67,7 +67,7 @@ def read(
             output = _read_output(child, watch)
         finally:
             child.kill()  # no effect if it has ended; its exit code is set by then
-    return _make_verdict(child.returncode, output, seconds)
+    return _make_result(child.returncode, output, seconds)
 
 
 def _start_child(command: list[str]) -> "subprocess.Popen[bytes]":
@@ -95,7 +95,7 @@ class _Waiting:
         self._moved = time.monotonic()
 
     def check(self) -> None:
-        """Raise if the child does nothing, if this process ends, or if the verdict is not needed any more."""
+        """Raise if the child does nothing, if this process ends, or if the result is not needed any more."""
         clock = time.monotonic()
         if self._leaving.is_set():
             raise Leaving
@@ -111,7 +111,7 @@ def _read_storage(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """The same bytes. Any error in here is one of storage, so that it can be told from the child's."""
     try:
         yield from chunks
-    except FileNotFoundError:  # a verdict of its own, because it does not help to try again
+    except FileNotFoundError:  # a result of its own, because it does not help to try again
         raise
     except Exception as error:
         raise Unreadable(f"{type(error).__name__}: {error}") from error
@@ -159,7 +159,7 @@ def _read_output(child: "subprocess.Popen[bytes]", watch: _Waiting) -> bytes:
     return output
 
 
-def _make_verdict(code: int, output: bytes, seconds: int) -> dict[str, object]:
+def _make_result(code: int, output: bytes, seconds: int) -> dict[str, object]:
     try:
         report = json.loads(output)
     except ValueError:
@@ -167,12 +167,12 @@ def _make_verdict(code: int, output: bytes, seconds: int) -> dict[str, object]:
     if "status" in report:
         return {name: report[name] for name in ("status", "status_details", "validation")}
     if "broken" in report:
-        return unusable_verdict(f"its rows cannot be checked: {report['broken']}")
+        return unusable_result(f"its rows cannot be checked: {report['broken']}")
     if code >= 0 or -code in _FROM_OUTSIDE:  # no output: it failed before it began, or somebody else killed it
         raise Interrupted(f"it ended with {_name(code)}")
     if -code == signal.SIGXCPU:
-        return unusable_verdict(f"its rows cannot be checked: it took more than {seconds} s of a processor")
-    return unusable_verdict(f"its rows cannot be checked: the process that read them ended with {_name(code)}")
+        return unusable_result(f"its rows cannot be checked: it took more than {seconds} s of a processor")
+    return unusable_result(f"its rows cannot be checked: the process that read them ended with {_name(code)}")
 
 
 def _name(code: int) -> str:

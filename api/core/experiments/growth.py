@@ -46,12 +46,12 @@ def _has_ended(cell: Cell, jobs_by_id: dict[str, Job]) -> bool:
 
 def _extend(found: Results) -> Iterator[tuple[Phase, GridCell]]:
     request = found.experiment.request
-    room = request["max_jobs"] - len(found.cells)
+    jobs_left = request["max_jobs"] - len(found.cells)
     for row in found.ranking.rows if request["extend"] else ():
         rate = _find_rate_beyond(row)
-        if rate is None or len(request["grid"]["seeds"]) > room:
+        if rate is None or len(request["grid"]["seeds"]) > jobs_left:
             continue
-        room -= len(request["grid"]["seeds"])
+        jobs_left -= len(request["grid"]["seeds"])
         yield from (("extension", cell) for cell in _make_cells(found, row, rate, request["grid"]["seeds"]))
 
 
@@ -89,7 +89,7 @@ def _confirm(found: Results) -> Iterator[tuple[Phase, GridCell]]:
 def _make_cells(found: Results, row: Row, rate: float, seeds: Sequence[int]) -> list[GridCell]:
     init, rank = cast(Treatment, row.treatment)
     grid = found.experiment.request["grid"]
-    rates = [[rate] if place == init else [] for place in range(len(grid["init"]))]
+    rates = [[rate] if index == init else [] for index in range(len(grid["init"]))]
     cells = list_cells(grid["init"], ranks=[rank], rates=rates, seeds=seeds)
     if len(grid["ranks"]) == 1:
         return cells

@@ -131,9 +131,9 @@ def rank(results: Sequence[Result], *, goal: Goal = "min") -> Ranking:
     unsteady = _find_unsteady(compared) if noise else frozenset()
     failed = Counter(one.treatment for one in results if _finite(one.value) is None and not one.stopped)
     rows = []
-    for place, treatment in enumerate(order):
+    for index, treatment in enumerate(order):
         difference = None
-        if place and treatment in compared:
+        if index and treatment in compared:
             pair_noise = None if unsteady & {order[0], treatment} else noise
             difference = _compare(chosen[order[0]], chosen[treatment], sign, noise=pair_noise, cells=cells)
         rows.append(
@@ -146,7 +146,7 @@ def rank(results: Sequence[Result], *, goal: Goal = "min") -> Ranking:
                 at_edge=best[treatment] in (min(cells[treatment]), max(cells[treatment])),
                 failed_runs=failed[treatment],
                 difference=difference,
-                tied_with_best=place == 0 or _is_tied(difference, chosen[treatment]),
+                tied_with_best=index == 0 or _is_tied(difference, chosen[treatment]),
             )
         )
     return Ranking(rows, noise, unsteady)

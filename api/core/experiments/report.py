@@ -73,20 +73,20 @@ def _table(found: Results) -> str:
         "failed",
     )  # fmt: skip
     rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(found, row, place)) + "</tr>"
-        for place, row in enumerate(found.ranking.rows, start=1)
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(found, row, position)) + "</tr>"
+        for position, row in enumerate(found.ranking.rows, start=1)
     )
     return "<table><tr>" + "".join(f"<th>{column}</th>" for column in columns) + f"</tr>{rows}</table>"
 
 
-def _cells(found: Results, row: Row, place: int) -> list[str]:
+def _cells(found: Results, row: Row, position: int) -> list[str]:
     cost, sizes, speed = found.find_cost(row), found.find_sizes(row), found.find_speed(row)
     name, difference, interval, losses = _name(found, row), row.difference, None, found.find_losses(row)
     if difference is not None:
         interval = difference.family_ci95
-    tied = " (tied)" if row.tied_with_best and place > 1 else ""
+    tied = " (tied)" if row.tied_with_best and position > 1 else ""
     return [
-        f"{place}{tied}",
+        f"{position}{tied}",
         name,
         "" if row.learning_rate is None else f"{row.learning_rate:g}" + (" (edge)" if row.at_edge else ""),
         "" if row.summary is None else f"{row.summary.mean:.4f}" + _spread(row.summary.std),

@@ -74,7 +74,7 @@ class Results:
     def baseline(self) -> Treatment:
         """What others are compared with for speed: `kaiming` if it is in the grid, otherwise its first entry."""
         grid = self.experiment.request["grid"]
-        plain = (place for place, init in enumerate(grid["init"]) if init["method"] == words.BASELINE)
+        plain = (index for index, init in enumerate(grid["init"]) if init["method"] == words.BASELINE)
         return next(plain, 0), grid["ranks"][0]
 
     @property

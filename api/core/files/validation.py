@@ -1,9 +1,9 @@
-"""Claims of checks of uploaded files: which file is next, which process checks it, and the verdict.
+"""Claims of checks of uploaded files: which file is next, which process checks it, and the result.
 
 The rows themselves are read by `worker.maintenance.row_checks`.
 
 A check is claimed like a job: by a compare-and-set that counts the claims and sets the time until which no other
-process may begin one. Only the last claim writes the verdict, so that two reconcilers, or one that was frozen, do no
+process may begin one. Only the last claim writes the result, so that two reconcilers, or one that was frozen, do no
 harm. A claim that was taken over, or whose file was deleted, writes nothing.
 Nothing here commits.
 """
@@ -67,13 +67,13 @@ def release(session: Session, claim: Claim, *, seconds: float, counts: bool) -> 
     _set(session, claim, {"check_until": until, "checks": claim.checks - (not counts)}, _ours(claim))
 
 
-def record_verdict(session: Session, claim: Claim, columns: Mapping[str, object]) -> bool:
-    """Write the verdict, unless another process has taken over or the file was deleted."""
+def record_result(session: Session, claim: Claim, columns: Mapping[str, object]) -> bool:
+    """Write the result, unless another process has taken over or the file was deleted."""
     return _set(session, claim, columns, _ours(claim))
 
 
-def unusable_verdict(why: str) -> dict[str, object]:
-    """The verdict on a file whose rows could not be checked."""
+def unusable_result(why: str) -> dict[str, object]:
+    """The result of a file whose rows could not be checked."""
     return {"status": "error", "status_details": why, "validation": None}
 
 

@@ -23,7 +23,7 @@ from lorainit.config.errors import LorainitError
 from lorainit.config.resolve import resolve
 from lorainit.config.spec import Hyperparameters, Lora
 
-Verdict = Literal["queued", "failed", "waiting", "trying"]
+Decision = Literal["queued", "failed", "waiting", "trying"]
 
 
 def find_ready(session: Session, *, limit: int = 100) -> Sequence[str]:
@@ -57,7 +57,7 @@ def has_usable_files(session: Session, job: Job) -> bool:
     return checked and not any(_find_failure(file, field, job) for field, file in files.items())
 
 
-def consider(session: Session, job_id: str) -> Verdict:
+def consider(session: Session, job_id: str) -> Decision:
     """Admit or reject a job whose files have been checked; "waiting" while one has not, or its init is not chosen.
 
     A file is looked at again, although `submit` has done so, because it may have been deleted or checked since.

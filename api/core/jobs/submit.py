@@ -94,7 +94,7 @@ def submit(
         )
     # Only these "auto" values are resolved now, because those of the training depend on rows that are not counted yet.
     lora, choices = order.lora.resolve()
-    lora = catalogue.place(lora, entry)
+    lora = catalogue.resolve_targets(lora, entry)
     require_matching(order.echoed, lora, entry)
     _require_agreeing_rates(order.training, base_learning_rate(entry.reference(), lora.method))
     if isinstance(order.lora.init, Automatic):
@@ -204,11 +204,11 @@ def _require_agreeing_rates(training: Hyperparameters, base: float) -> None:
 def _require_possible_candidates(lora: Lora, entry: catalogue.Entry) -> None:
     """Refuse a method to choose from that this model cannot have."""
     assert isinstance(lora.init, Automatic)
-    for place, name in enumerate(lora.init.candidates or ()):
+    for index, name in enumerate(lora.init.candidates or ()):
         try:
-            catalogue.place(lora.with_init(name).resolve()[0], entry)
+            catalogue.resolve_targets(lora.with_init(name).resolve()[0], entry)
         except InvalidValue as refusal:
-            param = f"lora.init.candidates[{place}]"
+            param = f"lora.init.candidates[{index}]"
             raise InvalidValue(f"{name}: {refusal.message}", code=refusal.code, param=param) from refusal
 
 

@@ -214,7 +214,7 @@ def require(name: str) -> Entry:
     return entry
 
 
-def place(lora: Lora, entry: Entry) -> Lora:
+def resolve_targets(lora: Lora, entry: Entry) -> Lora:
     """`lora` with its target modules spelled out, checked against the model's shapes, and with what it leaves out.
 
     An entry may be wrong, so the run checks again with the model in hand.
@@ -239,15 +239,15 @@ def place(lora: Lora, entry: Entry) -> Lora:
         )
     try:
         # A caller's `left_out` is ignored, because it is part of an earlier answer and chooses nothing.
-        placed = target_modules.resolve_target_modules(
+        resolved = target_modules.resolve_target_modules(
             lora.model_copy(update={"left_out": []}), entry.targets, entry.left_out
         )
     except LorainitError as error:
         message = f"{error.message.removesuffix('.')} (model {entry.id!r})."
         code = "unsupported_combination" if isinstance(error, UnsupportedInit) else error.code
         raise InvalidValue(message, code=code, param=error.param) from error
-    _require_groups_apart(lora, placed.names, entry)
-    return lora.model_copy(update={"target_modules": placed.names, "left_out": placed.left_out})
+    _require_groups_apart(lora, resolved.names, entry)
+    return lora.model_copy(update={"target_modules": resolved.names, "left_out": resolved.left_out})
 
 
 def _require_groups_apart(lora: Lora, names: list[str], entry: Entry) -> None:
@@ -266,7 +266,7 @@ def _require_groups_apart(lora: Lora, names: list[str], entry: Entry) -> None:
 
 
 def count_parameters(lora: Lora, entry: Entry) -> tuple[int, int]:
-    """(adapted modules, trainable parameters) of a placed adapter."""
+    """(adapted modules, trainable parameters) of an adapter whose targets are resolved."""
     names = tuple(lora.target_modules)
     counts = [target_modules.count_chosen(target, names) for target in entry.targets]
     parameters = sum(

@@ -19,7 +19,7 @@ _LONGEST_WORD = 80  # characters of the file's text in a message
 _HEADER = re.compile(r"\s*\[\[\s*[\"']?models[\"']?\s*\]\]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
-Place = Sequence[int | str]  # such as ("models", 0, "targets", 3, "name")
+Location = Sequence[int | str]  # such as ("models", 0, "targets", 3, "name")
 
 
 class BadCatalogue(ValueError):
@@ -37,22 +37,22 @@ class CatalogueFile:
     def fault(self, error: ValidationError) -> BadCatalogue:
         """The first error that pydantic found. If a field is missing, an unknown key beside it is named, too."""
         faults = error.errors()
-        place, message = faults[0]["loc"], faults[0]["msg"].removeprefix("Value error, ")
+        location, message = faults[0]["loc"], faults[0]["msg"].removeprefix("Value error, ")
         more = f" ({len(faults) - 1} more after this)" if len(faults) > 1 else ""
         message = f"{message[:1].lower()}{message[1:]}"
         if wrong := _no_field_beside(faults):
             message += f", and {_short(wrong[-1])!r} is no field"
-        return self.at(place, f"{message}{more}", line=find_line(self.text, wrong or place))
+        return self.at(location, f"{message}{more}", line=find_line(self.text, wrong or location))
 
-    def at(self, place: Place, message: str, *, line: int | None = None) -> BadCatalogue:
-        """An error at this place of the file."""
-        path = "".join(f"[{part}]" if isinstance(part, int) else f".{_short(part)}" for part in place).lstrip(".")
-        line = line or find_line(self.text, place)
-        return BadCatalogue(f"The catalogue {self.file}, line {line}: {path}{self._whose(place)}: {message}.")
+    def at(self, location: Location, message: str, *, line: int | None = None) -> BadCatalogue:
+        """An error at this location of the file."""
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{_short(part)}" for part in location).lstrip(".")
+        line = line or find_line(self.text, location)
+        return BadCatalogue(f"The catalogue {self.file}, line {line}: {path}{self._whose(location)}: {message}.")
 
-    def _whose(self, place: Place) -> str:
+    def _whose(self, location: Location) -> str:
         try:
-            name = self.tables["models"][place[1]]["id"]
+            name = self.tables["models"][location[1]]["id"]
         except (LookupError, TypeError):
             return ""
         return f" (model {_short(name)!r})" if isinstance(name, str) else ""
@@ -71,26 +71,26 @@ def read(file: Traversable) -> CatalogueFile:
         raise BadCatalogue(f"The catalogue {file} is not TOML: {error}.") from error
     except (RecursionError, ValueError) as error:  # nested too deep; a number of too many digits
         raise BadCatalogue(f"The catalogue {file} cannot be read as TOML: {error}.") from error
-    for place, value in _strings(found.tables):
+    for location, value in _strings(found.tables):
         if sign := _CONTROL.search(value):
-            raise found.at(place, f"there is a control character in it, {sign[0]!r}")
+            raise found.at(location, f"there is a control character in it, {sign[0]!r}")
     return found
 
 
-def find_line(text: str, place: Place) -> int:
-    """The line number, from 1, of `place`, or of the nearest key or table above it that the file has."""
+def find_line(text: str, location: Location) -> int:
+    """The line number, from 1, of `location`, or of the nearest key or table above it that the file has."""
     lines = text.splitlines()
     headers = [number for number, line in enumerate(lines) if _HEADER.match(line)]
-    index = place[1] if len(place) > 1 and isinstance(place[1], int) else 0
-    if index >= len(headers) or place[0] != "models":  # an array of inline tables, or no model at all
-        found = _first(lines, 0, len(lines), rf"\s*\[*\s*[\"']?{re.escape(str(place[0]))}\b" if place else "")
+    index = location[1] if len(location) > 1 and isinstance(location[1], int) else 0
+    if index >= len(headers) or location[0] != "models":  # an array of inline tables, or no model at all
+        found = _first(lines, 0, len(lines), rf"\s*\[*\s*[\"']?{re.escape(str(location[0]))}\b" if location else "")
         return 1 if found is None else found + 1
     start, end = headers[index], [*headers, len(lines)][index + 1]
-    field = _first(lines, start + 1, end, rf"\s*{re.escape(str(place[2]))}\s*=") if len(place) > 2 else None
+    field = _first(lines, start + 1, end, rf"\s*{re.escape(str(location[2]))}\s*=") if len(location) > 2 else None
     if field is None:
         return start + 1
     rows = [number for number in range(field + 1, end) if lines[number].lstrip().startswith("{")]
-    row = place[3] if len(place) > 3 and isinstance(place[3], int) else len(rows)
+    row = location[3] if len(location) > 3 and isinstance(location[3], int) else len(rows)
     return (rows[row] if row < len(rows) else field) + 1
 
 
@@ -110,21 +110,21 @@ def _text(file: Traversable) -> str:
         raise BadCatalogue(f"The catalogue {file} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
 
 
-def _strings(value: Any, place: tuple[int | str, ...] = ()) -> Iterator[tuple[Place, str]]:
-    """Every text of the file, and its place."""
+def _strings(value: Any, location: tuple[int | str, ...] = ()) -> Iterator[tuple[Location, str]]:
+    """Every text of the file, and its location."""
     if isinstance(value, str):
-        yield place, value
+        yield location, value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
-        yield from _strings(item, (*place, key))
+        yield from _strings(item, (*location, key))
 
 
-def _no_field_beside(faults: Sequence[Any]) -> Place | None:
-    """The place of an unknown key, in the table in which the first error misses a field."""
+def _no_field_beside(faults: Sequence[Any]) -> Location | None:
+    """The location of an unknown key, in the table in which the first error misses a field."""
     if faults[0]["type"] != "missing":
         return None
     beside = (fault["loc"] for fault in faults if fault["type"] == "extra_forbidden")
-    return next((place for place in beside if place[:-1] == faults[0]["loc"][:-1]), None)
+    return next((location for location in beside if location[:-1] == faults[0]["loc"][:-1]), None)
 
 
 def _short(word: object) -> str:

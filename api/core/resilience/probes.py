@@ -51,7 +51,7 @@ class Probe(Generic[Found]):
         """
         if self._begin_if_due() or self._checked is None:
             self._ended.wait(BOUND_SECONDS)
-        return self._verdict()
+        return self._is_working()
 
     def _begin_if_due(self) -> bool:
         with self._lock:
@@ -78,7 +78,7 @@ class Probe(Generic[Found]):
             self._checked, self._began = self._clock(), None
             self._ended.set()
 
-    def _verdict(self) -> bool:
+    def _is_working(self) -> bool:
         """Whether the failures have not lasted too long. A check that has not ended counts as failed since it began."""
         began = self._began
         bad_since = began if self._bad_since is None else self._bad_since

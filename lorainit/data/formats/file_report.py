@@ -73,7 +73,7 @@ class _Counts:
             return
         self.error_count += row.count
         self.errors += row.problems
-        self.seen.room -= len(row.problems)
+        self.seen.messages_left -= len(row.problems)
 
     def _keep_warnings(self, found: tuple[Problem, ...]) -> None:
         self.warning_count += len(found)

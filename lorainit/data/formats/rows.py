@@ -98,13 +98,14 @@ class Seen:
     """What is known from the rows so far and matters for those that follow.
 
     `kind`: the kind of the first row that names one. `mixed`: a later row was of another kind. `digests`: of the rows,
-    to find duplicates. `room`: for how many more problems a message is made; the caller lowers it as it keeps them.
+    to find duplicates. `messages_left`: for how many more problems a message is made; the caller lowers it as it keeps
+    them.
     """
 
     kind: Kind | None = None
     mixed: bool = False
     digests: set[bytes] = field(default_factory=set)
-    room: int = KEPT_PROBLEMS
+    messages_left: int = KEPT_PROBLEMS
 
 
 def scan(stream: BinaryIO, seen: Seen | None = None) -> Iterator[Row | BadRow]:
@@ -130,8 +131,8 @@ def scan(stream: BinaryIO, seen: Seen | None = None) -> Iterator[Row | BadRow]:
 
 
 def _make_bad_row(line: int, found: Iterator[Fault], seen: Seen) -> BadRow:
-    """A row with these faults. No message is made for those beyond `seen.room`, because nobody would see it."""
-    kept = tuple(make_problem(line, fault) for fault in islice(found, seen.room))
+    """A row with these faults. No message is made beyond `seen.messages_left`, because nobody would see it."""
+    kept = tuple(make_problem(line, fault) for fault in islice(found, seen.messages_left))
     return BadRow(line, kept, len(kept) + sum(1 for _ in islice(found, COUNTED_IN_A_ROW - len(kept))))
 
 

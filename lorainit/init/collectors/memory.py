@@ -30,11 +30,11 @@ def require_memory(run: Run, what: str, *, numbers: int, device: torch.device) -
     wanted, free = FLOAT * numbers, devices.free_bytes(device)
     is_short = free is not None and wanted > free
     if run.any_rank(is_short):
-        room = f"{_gib(free or 0)} are free" if is_short else "another process of this run has less than that free"
+        available = f"{_gib(free or 0)} are free" if is_short else "another process of this run has less than that free"
         experts = sum(isinstance(module, ExpertLinear) for module in run.targets.values())
         hint = f" {experts} of the {len(run.targets)} adapted matrices are experts'." if experts else ""
         raise OutOfMemory(
-            f"{what} takes {_gib(wanted)} of memory, and {room}.{hint} Fewer target modules"
+            f"{what} takes {_gib(wanted)} of memory, and {available}.{hint} Fewer target modules"
             ' ("attention" leaves experts out), or a method that keeps less, such as pissa or kaiming, help.',
             param="lora.init",
         )

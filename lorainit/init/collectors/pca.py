@@ -78,7 +78,7 @@ def spread_ranks(ratios: dict[str, Tensor], slots: int) -> dict[str, int]:
     """The rank of each layer: how many of its ratios are among the `slots` largest of all layers, maybe 0.
 
     Layers that share an input have equal ratios. Of equal ones the earlier direction counts as larger, then that of
-    the earlier layer, so that the result does not depend on chance.
+    the earlier layer, so that equal ratios always give the same result.
     """
     names = list(ratios)
     bids = [(-float(x), i, layer) for layer, name in enumerate(names) for i, x in enumerate(ratios[name])]

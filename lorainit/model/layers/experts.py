@@ -130,12 +130,12 @@ def _projections(module: nn.Module) -> tuple[str, str] | None:
 
 def _stand_before(module: Any, names: tuple[str, str]) -> None:
     own = [name for name in module._parameters if name in names]
-    told = getattr(module, "is_transposed", False)
-    transposed = told or type(module).__name__ == "Llama4TextExperts"
+    declared = getattr(module, "is_transposed", False)
+    transposed = declared or type(module).__name__ == "Llama4TextExperts"
     for name in names:
         weight, bias = module._parameters.pop(name), module._parameters.pop(f"{name}_bias", None)
         stack = ExpertStack(
-            weight, bias, parameter=name, place=own.index(name), transposed=transposed, flipped=transposed != told
+            weight, bias, parameter=name, place=own.index(name), transposed=transposed, flipped=transposed != declared
         )
         module.register_module(name, stack)
     route = _route if hasattr(module, "_apply_gate") else _route_llama4

@@ -170,8 +170,9 @@ def check_config(config: dict[str, Any]) -> None:
     if config.get("return_dict") is False:
         raise _refusal("config.json says return_dict = false, and outputs are read by their names: remove it.")
     if config.get("layerdrop"):
-        chance = str(config["layerdrop"])[:20]
-        raise _refusal(f"config.json says layerdrop = {chance}: a step would train some layers by chance. Set it to 0.")
+        probability = str(config["layerdrop"])[:20]
+        text = f"config.json says layerdrop = {probability}: a step would skip layers at random. Set it to 0."
+        raise _refusal(text)
     if not isinstance(config.get("model_type"), str):
         raise _refusal("config.json does not say which model_type it is.")
     if "transformers_weights" in config:

@@ -48,5 +48,5 @@ def find(source: str) -> Found:
 def _nothing(source: str, path: Path | None) -> str:
     if path is None:
         return f"{source!r} is not {sources.HUB}OWNER/NAME[@REVISION]."
-    place = f" ({path.absolute()})" if "\0" not in source and not source.startswith("/") else ""
-    return f"There is no base model at {source!r}{place}; a model of a hub is OWNER/NAME."
+    full_path = f" ({path.absolute()})" if "\0" not in source and not source.startswith("/") else ""
+    return f"There is no base model at {source!r}{full_path}; a model of a hub is OWNER/NAME."

@@ -47,8 +47,8 @@ class FourBits:
         names = dict[str, list[str]]()
         for layer in self.kept:
             names.setdefault(layer.reason, []).append(f"{layer.name} ({layer.count})")
-        told = "; ".join(f"{', '.join(dict.fromkeys(some))}: {reason}" for reason, some in names.items())
-        return f"Not in four bits, but in the run's own precision: {told}."
+        reasons = "; ".join(f"{', '.join(dict.fromkeys(some))}: {reason}" for reason, some in names.items())
+        return f"Not in four bits, but in the run's own precision: {reasons}."
 
 
 def choose_four_bits(model: nn.Module) -> FourBits:
@@ -99,7 +99,7 @@ def _shortest(name: str, others: Collection[str]) -> str:
 def _ends(name: str) -> Iterator[str]:
     """Candidates, the shortest first: a whole tower, one kind of layers in all blocks, this layer alone."""
     parts = name.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()] or [len(parts)]
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()] or [len(parts)]
     yield from (".".join(parts[:length]) for length in range(1, numbers[0] + 1))
     yield from (".".join(parts[start:]) for start in range(len(parts) - 1, numbers[-1], -1))
     yield name

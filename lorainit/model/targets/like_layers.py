@@ -27,9 +27,9 @@ def find_like_layers(model: Any) -> dict[str, str]:
         done.append(name)
         first = dict[Hashable, str]()
         lists = _lists(model, len(module))
-        for place, layer in list(enumerate(module))[1:-1]:
-            kind = (*(repr(values[place]) for values in lists), *_looks(layer, place))
-            path = f"{name}.{place}"
+        for index, layer in list(enumerate(module))[1:-1]:
+            kind = (*(repr(values[index]) for values in lists), *_looks(layer, index))
+            path = f"{name}.{index}"
             if (other := first.setdefault(kind, path)) != path:
                 found[path] = other
     return found
@@ -40,11 +40,11 @@ def _lists(model: Any, length: int) -> list[Sequence[Any]]:
     return [value for value in values if isinstance(value, list | tuple) and len(value) == length]
 
 
-def _looks(layer: nn.Module, place: int) -> Iterator[Hashable]:
+def _looks(layer: nn.Module, index: int) -> Iterator[Hashable]:
     for name, module in layer.named_modules():
         yield name, type(module)
         for attribute, value in vars(module).items():
-            if _PLACE.search(attribute) and value == place:
+            if _PLACE.search(attribute) and value == index:
                 continue
             if value is None or isinstance(value, bool | int | float | str | list | tuple):
                 yield attribute, repr(value)

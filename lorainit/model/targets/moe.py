@@ -34,8 +34,8 @@ def describe(model: nn.Module, targets: Mapping[str, nn.Module], lora: Lora) -> 
     }
     messages = [_cost(targets, experts, lora, facts)]
     # Layers that a group leaves out are reported by `target_modules.describe_left_out` already.
-    told = any(layer.experts for layer in lora.left_out)
-    if not told and (outside or not experts):
+    is_reported = any(layer.experts for layer in lora.left_out)
+    if not is_reported and (outside or not experts):
         why = OWN_WAY if outside else "target_modules leaves them out"
         missing = facts["expert_share"] - sum(m.out_features * m.in_features for m in experts) / whole
         text = f"Experts that hold {_percent(missing)} of the base's matrix weights get no adapter: {why}."

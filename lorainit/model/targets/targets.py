@@ -65,19 +65,19 @@ def survey(model: nn.Module) -> dict[str, Layer]:
     found = find_linear_layers(model)
     paths = {name: full_name(name, module) for name, module in found.items()}
     plain = {name: module for name, module in found.items() if not isinstance(module, ExpertLinear)}
-    told = {name: _refusal(model, name, module) for name, module in plain.items()} | _registered_twice(model, plain)
+    refusals = {name: _refusal(model, name, module) for name, module in plain.items()} | _registered_twice(model, plain)
     if isinstance(model, PreTrainedModel):  # a copy for the trial can be built only from transformers' configuration
-        told |= find_refusals(model, [name for name in plain if not told[name]])
+        refusals |= find_refusals(model, [name for name in plain if not refusals[name]])
     parameters = {name for name in found if name not in plain} | set(find_rewritten(model, list(plain)))
     groups = {name: group_of(model, name) for name in found}
-    kinds = {path: (groups[name], told.get(name), name in parameters) for name, path in paths.items()}
+    kinds = {path: (groups[name], refusals.get(name), name in parameters) for name, path in paths.items()}
     others = {name for name, _ in model.named_modules() if name} - set(found) - set(kinds)
     names = short_names(kinds, others)
     # Experts always get the last two parts of their parameter's name, so that it looks alike in every model:
     # `experts.gate_up_proj`.
     names |= {paths[name]: ".".join(paths[name].split(".")[-2:]) for name in found if name not in plain}
     return {
-        name: Layer(names[path], path, groups[name], found[name], told.get(name, ""), name not in parameters)
+        name: Layer(names[path], path, groups[name], found[name], refusals.get(name, ""), name not in parameters)
         for name, path in paths.items()
     }
 
@@ -193,14 +193,14 @@ def resolve(model: nn.Module, lora: Lora) -> tuple[dict[str, nn.Module], list[Le
     if not isinstance(wanted, str):
         found = {end for end in wanted if any(matches(layer.path, end) for layer in layers.values())}
         _require_linear(model, wanted, found, layers)
-    placed = resolve_target_modules(lora, *_kinds(model, layers))
-    names = set(placed.names)
+    resolved = resolve_target_modules(lora, *_kinds(model, layers))
+    names = set(resolved.names)
     chosen = {
         full: layer.module
         for full, layer in layers.items()
         if not layer.refusal and (layer.name in names or any(matches(layer.path, name) for name in names))
     }
-    return chosen, placed.left_out
+    return chosen, resolved.left_out
 
 
 def _require_linear(model: nn.Module, wanted: Sequence[str], found: set[str], layers: Mapping[str, Layer]) -> None:

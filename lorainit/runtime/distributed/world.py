@@ -70,9 +70,9 @@ class World:
         if self.size == 1:
             return digest
         numbers = list(bytes.fromhex(digest)) if self.is_rank0 else [0] * 32
-        told = torch.tensor(numbers, dtype=torch.uint8, device=device)
-        self.broadcast([told])
-        return bytes(told.tolist()).hex()
+        digest_bytes = torch.tensor(numbers, dtype=torch.uint8, device=device)
+        self.broadcast([digest_bytes])
+        return bytes(digest_bytes.tolist()).hex()
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Give every process the tensors of rank 0, in place."""
@@ -105,13 +105,13 @@ def join_world(device: torch.device) -> Iterator[World]:
     meeting: dict[str, Any] = {"init_method": "env://"}
     if file:
         meeting = {"store": distributed.FileStore(file, size)}  # type: ignore[attr-defined]
-    patience = timedelta(seconds=watchdog.time_limit() + LATER)
+    timeout = timedelta(seconds=watchdog.time_limit() + LATER)
     try:
-        distributed.init_process_group(backend, rank=rank, world_size=size, timeout=patience, **meeting)
+        distributed.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, **meeting)
     except RuntimeError as error:
         if machine_errors.find_peer_failure(error) is None:
             raise
-        within = f"{patience.total_seconds():.0f} seconds"
+        within = f"{timeout.total_seconds():.0f} seconds"
         text = f"Not all {size} processes of this run connected within {within}: one hangs or has ended."
         raise DeviceSilent(text) from error
     try:
@@ -120,8 +120,8 @@ def join_world(device: torch.device) -> Iterator[World]:
         distributed.destroy_process_group()
 
 
-def _select_gpu(place: int, size: int) -> None:
+def _select_gpu(local_rank: int, size: int) -> None:
     count = torch.cuda.device_count()
-    if place >= count:
+    if local_rank >= count:
         raise TooFewDevices(f"The run is for {size} devices, and its worker sees {count}.", param="devices")
-    torch.cuda.set_device(place)
+    torch.cuda.set_device(local_rank)

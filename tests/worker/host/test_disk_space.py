@@ -290,8 +290,8 @@ def test_the_estimate_covers_what_a_run_was_seen_to_write_and_is_not_far_off(one
     checkpoint, adapter, base = 121_110_668, 42_710_419, 541_619_095
     job = one.job(1)
     lora, _ = Lora.model_validate({"init": {"method": "loram"}, "r": 16}).resolve()
-    placed = catalogue.place(lora, catalogue.require(job.model))
-    job.recipe = {**job.recipe, "lora": placed.model_dump(mode="json")}
+    resolved = catalogue.resolve_targets(lora, catalogue.require(job.model))
+    job.recipe = {**job.recipe, "lora": resolved.model_dump(mode="json")}
     needs = disk_space._estimate_by_volume(job, get_settings(), data_bytes=0)
     stored = (get_settings().keep_checkpoints + 2) * (checkpoint + adapter) + adapter
     assert stored < needs["storage"] < 1.5 * stored

@@ -301,8 +301,8 @@ def test_a_reconciler_that_slept_writes_nothing_about_its_successors_file() -> N
     assert asleep and successor
     with session_scope() as session:
         assert not validation.renew(session, asleep, seconds=60.0)
-        assert not validation.record_verdict(session, asleep, validation.unusable_verdict("it took too long"))
-        assert validation.record_verdict(session, successor, {"status": "processed"})
+        assert not validation.record_result(session, asleep, validation.unusable_result("it took too long"))
+        assert validation.record_result(session, successor, {"status": "processed"})
         session.commit()
     assert row_of(file_id).status == "processed"
 

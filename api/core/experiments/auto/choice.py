@@ -34,6 +34,6 @@ def settle(job: Job, lora: Lora, choices: Sequence[Choice], *, rate: float, reas
 
 
 def _write(job: Job, lora: Lora, choices: Sequence[Choice], **training: Any) -> None:
-    placed = catalogue.place(lora, catalogue.require(job.model))
-    job.recipe = {"lora": placed.model_dump(mode="json"), "training": {**job.recipe["training"], **training}}
+    resolved = catalogue.resolve_targets(lora, catalogue.require(job.model))
+    job.recipe = {"lora": resolved.model_dump(mode="json"), "training": {**job.recipe["training"], **training}}
     job.choices = [choice.model_dump(mode="json") for choice in choices]

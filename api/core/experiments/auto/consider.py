@@ -30,7 +30,7 @@ from lorainit.config.resolve import base_learning_rate, resolve, total_steps
 from lorainit.config.spec import Choice, Hyperparameters, Lora
 
 
-def consider(session: Session, job_id: str) -> admission.Verdict:
+def consider(session: Session, job_id: str) -> admission.Decision:
     """As `admission.consider`, for a job whose initialization may still have to be chosen; "trying" if that begins."""
     job = session.get(Job, job_id)
     if job is not None and _waits_for_choice(job) and admission.has_usable_files(session, job):
@@ -124,7 +124,7 @@ def _list_possible(lora: Lora, entry: catalogue.Entry) -> list[Lora]:
     for name in lora.init.candidates or probe.METHODS:
         try:
             made = lora.with_init(name)
-            catalogue.place(made.resolve()[0], entry)
+            catalogue.resolve_targets(made.resolve()[0], entry)
         except (Refusal, ValidationError):
             continue
         found.append(made)

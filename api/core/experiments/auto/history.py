@@ -105,7 +105,7 @@ def _find_lora(session: Session, results: Results, row: Row, job: Job) -> Lora |
 def _describe(results: Results, row: Row, lora: Lora, *, tied: int, rows: int) -> Known:
     assert row.summary is not None and row.learning_rate is not None
     name = results.names[cast(Treatment, row.treatment)]
-    verdict = (
+    comparison = (
         f"the cheapest of {tied} that do not differ beyond noise"
         if tied > 1
         else f"better than {'each of the other ' if rows > 2 else 'the other '}{rows - 1} beyond noise"
@@ -114,6 +114,6 @@ def _describe(results: Results, row: Row, lora: Lora, *, tied: int, rows: int) -
     )
     reason = (
         f"experiment {results.experiment.id} on the same rows: {name} at {row.learning_rate:g} has a validation loss of"
-        f" {row.summary.mean:.4f} over {row.summary.n} seeds, {verdict}"
+        f" {row.summary.mean:.4f} over {row.summary.n} seeds, {comparison}"
     )
     return Known(lora, row.learning_rate, results.experiment.id, reason)

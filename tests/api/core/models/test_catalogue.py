@@ -33,12 +33,13 @@ ENTRY = catalogue.Entry(
 
 
 def test_groups_become_names() -> None:
-    assert catalogue.place(Lora(r=4), ENTRY).target_modules == ["q", "k", "up"]
-    assert catalogue.place(Lora(r=4, target_modules="mlp"), ENTRY).target_modules == ["up"]
+    assert catalogue.resolve_targets(Lora(r=4), ENTRY).target_modules == ["q", "k", "up"]
+    assert catalogue.resolve_targets(Lora(r=4, target_modules="mlp"), ENTRY).target_modules == ["up"]
 
 
 def test_the_size_counts_every_shape_of_a_name() -> None:
-    modules, parameters = catalogue.count_parameters(catalogue.place(Lora(r=4, target_modules=["q"]), ENTRY), ENTRY)
+    resolved = catalogue.resolve_targets(Lora(r=4, target_modules=["q"]), ENTRY)
+    modules, parameters = catalogue.count_parameters(resolved, ENTRY)
     assert (modules, parameters) == (4, 4 * (64 + 48) * 2)
 
 
@@ -61,14 +62,15 @@ def test_layers_are_counted_once_for_all_jobs_with_the_same_targets(monkeypatch:
 
 
 def test_experts_are_counted_one_by_one() -> None:
-    placed = catalogue.place(Lora(r=4, target_modules=["experts.down_proj"]), with_experts())
-    assert catalogue.count_parameters(placed, with_experts()) == (8, 8 * 4 * (64 + 48))
+    resolved = catalogue.resolve_targets(Lora(r=4, target_modules=["experts.down_proj"]), with_experts())
+    assert catalogue.count_parameters(resolved, with_experts()) == (8, 8 * 4 * (64 + 48))
 
 
 def test_dora_leaves_experts_out_of_a_group_of_layers_and_is_refused_where_they_are_named() -> None:
-    assert catalogue.place(Lora(r=4, use_dora=True, target_modules="mlp"), with_experts()).target_modules == ["up"]
+    resolved = catalogue.resolve_targets(Lora(r=4, use_dora=True, target_modules="mlp"), with_experts())
+    assert resolved.target_modules == ["up"]
     with pytest.raises(InvalidValue, match="no DoRA for experts") as caught:
-        catalogue.place(Lora(r=4, use_dora=True, target_modules=["up", "experts.down_proj"]), with_experts())
+        catalogue.resolve_targets(Lora(r=4, use_dora=True, target_modules=["up", "experts.down_proj"]), with_experts())
     assert (caught.value.code, caught.value.param) == ("unsupported_combination", "lora.use_dora")
 
 
@@ -80,7 +82,7 @@ def test_experts_do_not_decide_whether_a_base_can_be_quantized() -> None:
 @pytest.mark.parametrize(("r", "names", "side"), [(9, ["k"], 8), (17, ["q"], 16), (33, ["up"], None)])
 def test_a_rank_above_any_shape_of_a_target_is_refused(r: int, names: list[str], side: int | None) -> None:
     with pytest.raises(InvalidValue, match=str(side) if side else "between 1 and 32") as caught:
-        catalogue.place(Lora(r=r, target_modules=names), ENTRY)
+        catalogue.resolve_targets(Lora(r=r, target_modules=names), ENTRY)
     assert (caught.value.code, caught.value.param) == ("rank_too_large", "lora.r")
 
 
@@ -88,9 +90,9 @@ def test_nf4_is_offered_where_rows_are_whole_blocks_and_refused_elsewhere() -> N
     wide = ENTRY.model_copy(update={"targets": [target("q", 8, 64), target("up", 8, 128, "mlp")]})
     assert (ENTRY.quantization, wide.quantization) == ([], ["nf4"])
     order = Lora(r=4, target_modules=["q"], quantization="nf4")
-    assert catalogue.place(order, wide).quantization == "nf4"
+    assert catalogue.resolve_targets(order, wide).quantization == "nf4"
     with pytest.raises(InvalidValue, match="multiple of the block size, 64") as caught:
-        catalogue.place(order, ENTRY)
+        catalogue.resolve_targets(order, ENTRY)
     assert (caught.value.code, caught.value.param) == ("unsupported_combination", "lora.quantization")
 
 
@@ -109,10 +111,10 @@ def test_an_init_that_needs_more_directions_than_a_target_has_is_refused(
 ) -> None:
     lora = Lora.model_validate({"init": init, "r": 6, "target_modules": names})
     if fits:
-        catalogue.place(lora, ENTRY)
+        catalogue.resolve_targets(lora, ENTRY)
         return
     with pytest.raises(InvalidValue, match="directions, more than the smaller side") as caught:
-        catalogue.place(lora, ENTRY)
+        catalogue.resolve_targets(lora, ENTRY)
     assert (caught.value.code, caught.value.param) == ("rank_too_large", "lora.init")
 
 
@@ -122,7 +124,7 @@ def test_a_run_is_told_what_the_weights_were_when_the_base_was_inspected() -> No
 
 def test_an_unknown_target_is_named_with_its_place() -> None:
     with pytest.raises(InvalidValue, match="'lm_head'") as caught:
-        catalogue.place(Lora(r=4, target_modules=["q", "lm_head"]), ENTRY)
+        catalogue.resolve_targets(Lora(r=4, target_modules=["q", "lm_head"]), ENTRY)
     assert caught.value.param == "lora.target_modules[1]"
 
 

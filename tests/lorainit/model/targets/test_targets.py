@@ -134,11 +134,11 @@ def test_a_server_and_the_engine_adapt_the_same_layers(skeletons, kind, surveyed
     entry = entry_of(targets, left_out)
     for group in ("all-linear", *{t.group for t in targets} - {"other"}):
         lora = Lora(r=16, target_modules=group)
-        placed = catalogue.place(lora, entry)
+        resolved = catalogue.resolve_targets(lora, entry)
         layers, missed = resolve(model, lora)
-        assert resolve(model, placed) == (layers, missed)
-        assert placed.left_out == missed
-        assert catalogue.count_parameters(placed, entry) == (
+        assert resolve(model, resolved) == (layers, missed)
+        assert resolved.left_out == missed
+        assert catalogue.count_parameters(resolved, entry) == (
             len(layers),
             sum(16 * sum(shape_of(m)) for m in layers.values()),
         )
@@ -158,12 +158,12 @@ def test_every_end_of_a_full_name_means_the_same_over_rest_as_in_the_engine(skel
             layers, missed = resolve(model, lora)
         except UnknownTarget as refused:
             with pytest.raises(InvalidValue, match=re.escape(refused.message.rpartition("Left out: ")[2][-60:-1])):
-                catalogue.place(lora, entry)
+                catalogue.resolve_targets(lora, entry)
             continue
-        placed = catalogue.place(lora, entry)
-        assert list(resolve(model, placed)[0]) == list(layers)
-        assert catalogue.count_parameters(placed, entry)[0] == len(layers)
-        assert [(x.name, x.count, x.paths) for x in placed.left_out] == [(x.name, x.count, x.paths) for x in missed]
+        resolved = catalogue.resolve_targets(lora, entry)
+        assert list(resolve(model, resolved)[0]) == list(layers)
+        assert catalogue.count_parameters(resolved, entry)[0] == len(layers)
+        assert [(x.name, x.count, x.paths) for x in resolved.left_out] == [(x.name, x.count, x.paths) for x in missed]
         assert all(matches(path, end) for x in missed for one in x.paths for path in expand_names(one))
 
 
@@ -174,8 +174,8 @@ def test_names_that_share_layers_are_counted_once(skeletons):
         (["layers.0.self_attn.q_proj", "0.self_attn.q_proj"], 1),
         (["q_proj", "0.self_attn.q_proj"], 2),
     ):
-        placed = catalogue.place(Lora(r=1, target_modules=wanted), entry)
-        assert catalogue.count_parameters(placed, entry)[0] == len(resolve(model, placed)[0]) == layers
+        resolved = catalogue.resolve_targets(Lora(r=1, target_modules=wanted), entry)
+        assert catalogue.count_parameters(resolved, entry)[0] == len(resolve(model, resolved)[0]) == layers
 
 
 def test_a_name_that_nothing_ends_in_is_refused_with_what_there_is(skeletons):
@@ -183,7 +183,7 @@ def test_a_name_that_nothing_ends_in_is_refused_with_what_there_is(skeletons):
     entry = entry_of(targets)
     for name in ("self_attn.up_proj", "layers.2.self_attn.q_proj", "²", "_proj"):
         with pytest.raises(InvalidValue, match=r"has a name that ends like this\. Available: q_proj"):
-            catalogue.place(Lora(r=1, target_modules=[name]), entry)
+            catalogue.resolve_targets(Lora(r=1, target_modules=[name]), entry)
 
 
 def test_what_an_adapter_would_be_renamed_to_on_reading_is_left_out(skeletons):
@@ -352,9 +352,9 @@ def test_an_entry_of_an_older_version_is_read_and_refused_where_its_names_mean_t
     old = [("c_attn", "attention", 96), ("c_proj", "attention", 32), ("c_proj", "mlp", 32)]
     targets = [{"name": n, "group": g, "out_features": out, "in_features": 32, "count": 2} for n, g, out in old]
     entry = entry_of(targets)
-    assert catalogue.place(Lora(r=4), entry).target_modules == ["c_attn", "c_proj"]
+    assert catalogue.resolve_targets(Lora(r=4), entry).target_modules == ["c_attn", "c_proj"]
     with pytest.raises(InvalidValue, match="written by an older version") as caught:
-        catalogue.place(Lora(r=4, target_modules="attention"), entry)
+        catalogue.resolve_targets(Lora(r=4, target_modules="attention"), entry)
     assert caught.value.param == "lora.target_modules"
 
 
