@@ -28,7 +28,7 @@ def test_newest_peft_makes_of_experts_what_the_numbers_say(download: Get, tmp_pa
 def test_card_says_who_leaves_experts_out(download: Get) -> None:
     """What the readers below do is theirs; ours is to say so."""
     card = " ".join((download("mixtral").folder / "README.md").read_text().split())
-    assert "with transformers 4 the experts are left out with a mere warning" in card
+    assert "with transformers 4 the experts are left out with only a warning" in card
     assert "vLLM leaves them out without an error where it has other names for a layer (Mixtral, for one)" in card
 
 
