@@ -178,7 +178,7 @@ def make_experiment_object(
         extend=request["extend"],
         max_jobs=request["max_jobs"],
         confirm_seeds=request["confirm_seeds"],
-        chooses_for=(request.get("probe") or {}).get("job_id"),
+        chooses_for=experiment.chooses_for,
         decisions=experiment.decisions,
         max_parallel=experiment.max_parallel,
         job_counts=_count(counts),

@@ -91,7 +91,7 @@ def _write_status(session: Session, experiment: Experiment, cells: Sequence[Cell
 
     An experiment that chooses for a job ends with the choice (`follow`).
     """
-    if experiment.status == "cancelled" or (experiment.request.get("probe") and experiment.finished_at is not None):
+    if experiment.status == "cancelled" or (experiment.chooses_for and experiment.finished_at is not None):
         return
     statuses = [
         jobs[cell.job_id].status if cell.job_id in jobs else (cell.outcome or {}).get("status") for cell in cells

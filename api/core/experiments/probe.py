@@ -17,6 +17,7 @@ from api.core.experiments.halving import NEARLY, Standing
 BUDGET = 0.25  # of the job's steps, spent on candidates that are not chosen
 FEWEST, MOST = 3, 6  # candidates
 SHORTEST = 8  # steps of a candidate; a loss after fewer says little
+LONGEST_ASKED = 2000  # steps; a job for which so many are too few has a warm-up that no budget covers
 SECOND = 3  # the second look is at most so many times as late as the first
 LEFT = 2  # candidates that go on after the first look
 # To choose from, the cheapest first, because of equally good ones the first is taken.
@@ -83,14 +84,14 @@ def plan(steps: int, *, warmup: int, budget: int, available: int) -> ProbePlan |
     return ProbePlan(number, (first, second)) if second > first else None
 
 
-def find_least_steps(*, warmup_ratio: float) -> int:
-    """Of how many steps a job must be for its own budget to allow a probe."""
-    steps = SHORTEST
-    while plan(steps, warmup=math.ceil(warmup_ratio * steps), budget=int(BUDGET * steps), available=MOST) is None:
-        steps += 1
-        if steps > 100_000:
-            return 0
-    return steps
+def find_least_steps(*, warmup_ratio: float) -> int | None:
+    """Of how many steps a job must be for its own budget to allow a probe; None if its warm-up is too long for any."""
+
+    def allows(steps: int) -> bool:
+        warmup, budget = math.ceil(warmup_ratio * steps), int(BUDGET * steps)
+        return plan(steps, warmup=warmup, budget=budget, available=MOST) is not None
+
+    return next(filter(allows, range(SHORTEST, LONGEST_ASKED)), None)
 
 
 def sort_candidates(standings: Sequence[Standing]) -> list[Standing]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Distinguishable for people with the common kinds of colour blindness (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A00", "#000000")
 AXES = (("step", "optimizer steps"), ("tokens", "tokens"), ("seconds", "seconds, initialization included"))
+# The fields of a request, apart from its name.
+ASKED = ("job", "grid", "objective", "schedule", "extend", "max_jobs", "confirm_seeds")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
@@ -52,7 +54,8 @@ def make_report(found: Results, *, status: str) -> str:
         parts += ["<h2>Learning rates and cost</h2>", _draw(_plot_rates_and_cost, found)]
     if card is not None:
         parts += ["<h2>Comparison card</h2>", f"<pre>{html.escape(json.dumps(card, indent=2))}</pre>"]
-    parts += ["<h2>To repeat it</h2>", f"<pre>{html.escape(_command(found))}</pre>"]
+    if found.experiment.chooses_for is None:  # otherwise it is a part of that job, and cannot be asked for
+        parts += ["<h2>To repeat it</h2>", f"<pre>{html.escape(_command(found))}</pre>"]
     head = f'<meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
     body = "\n".join(parts)
     return f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{body}\n</body>\n</html>\n'
@@ -118,7 +121,7 @@ def _number(value: float | None, digits: int) -> str:
 
 def _command(found: Results) -> str:
     request = found.experiment.request
-    body = {"name": found.experiment.name, **{name: request[name] for name in ("job", "grid", "objective", "schedule")}}
+    body = {"name": found.experiment.name, **{name: request[name] for name in ASKED}}
     grid = {key: value for key, value in body["grid"].items() if value is not None}
     text = json.dumps({**body, "grid": grid}, indent=2)
     call = 'curl "$OPENAI_BASE_URL/experiments" -H "Authorization: Bearer $OPENAI_API_KEY"'

@@ -80,7 +80,7 @@ class Results:
     @property
     def summary(self) -> list[str]:
         """What the results mean, in sentences."""
-        if self.experiment.request.get("probe"):
+        if self.experiment.chooses_for:
             return [probe.list_losses(probe.describe_candidates(self.experiment.request, self.experiment.decisions))]
         return words.describe(self.ranking, names=self.names, curves=self.curves, baseline=self.baseline)
 
@@ -125,9 +125,9 @@ class Results:
         """
         start = next((one for one in self.ranking.rows if one.treatment == self.baseline), None)
         if start is None or start.summary is None or row.summary is None:
-            return dict.fromkeys(("steps", "tokens", "seconds"))
+            return dict.fromkeys(budgets.BUDGETS)
         found = {}
-        for name, of in (("steps", "step"), ("tokens", "tokens"), ("seconds", "seconds")):
+        for name, of in budgets.BUDGETS.items():
             shares = words.find_shares(row, start, self.curves_with_start, of=of)
             found[name] = fmean(shares) if shares and len(shares) == len(start.values) else None
         return found

@@ -23,6 +23,7 @@ def decide(session: Session, experiment: Experiment, cells: Sequence[Cell], jobs
     paused, because the job that the probe is for goes on in its place (`api.core.experiments.auto`).
     """
     rungs, passed = list_rungs(experiment.request), len(experiment.decisions)
+    next_rung = rungs[passed + 1] if passed + 1 < len(rungs) else None
     if experiment.finished_at is not None or passed >= len(rungs):
         return
     if any(not cell.released for cell in cells):
@@ -31,7 +32,7 @@ def decide(session: Session, experiment: Experiment, cells: Sequence[Cell], jobs
     if not open_cells or any(jobs[cell.job_id].halted_at is None for cell in open_cells):
         return
     standings = _read_standings(session, experiment, open_cells, jobs)
-    survivors = _choose_survivors(experiment, list(standings.values()), is_last=passed + 1 == len(rungs))
+    survivors = _choose_survivors(experiment, list(standings.values()), is_last=next_rung is None)
     kept = {(one.treatment, one.learning_rate) for one in survivors}
     record = [
         {
@@ -48,8 +49,8 @@ def decide(session: Session, experiment: Experiment, cells: Sequence[Cell], jobs
     for cell in open_cells:
         job = jobs[cell.job_id]
         if _key(cell) in kept:
-            if not experiment.request.get("probe") or passed + 1 < len(rungs):
-                pauses.resume(session, job, stop_after=rungs[passed + 1] if passed + 1 < len(rungs) else None)
+            if next_rung is not None or not experiment.chooses_for:
+                pauses.resume(session, job, stop_after=next_rung)
         else:
             cell.stopped_at = job.halted_at
             text = f"Stopped after step {job.halted_at} by its experiment's schedule: other cells have better results"
@@ -57,7 +58,7 @@ def decide(session: Session, experiment: Experiment, cells: Sequence[Cell], jobs
 
 
 def _choose_survivors(experiment: Experiment, standings: list[Standing], *, is_last: bool) -> list[Standing]:
-    if not experiment.request.get("probe"):
+    if not experiment.chooses_for:
         return choose_survivors(standings)
     return probe.sort_candidates(standings)[: 1 if is_last else probe.LEFT]
 

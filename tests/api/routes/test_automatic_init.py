@@ -3,10 +3,11 @@
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
-from api.core.db.database import session_scope
-from api.core.db.tables import Job, Metric
+from api.core.db.database import now, session_scope
+from api.core.db.tables import Experiment, Job, Metric
+from api.core.experiments.auto import history
 from api.core.jobs import checkpoints
 from api.core.models import catalogue
 from tests import stub_worker
@@ -278,9 +279,23 @@ def test_an_earlier_experiment_on_the_same_rows_decides(lab: Lab) -> None:
     made = create(lab, job={"method": method})
     ended = run_to_its_end(lab, made["id"], losses)
     best = ended["results"][0]
+    for _ in range(history.LOOKED_AT):  # newer experiments that only chose for a job say nothing
+        order(lab)
+    stub_worker.tidy()
+    with session_scope() as session:
+        session.execute(update(Experiment).values(status="succeeded", finished_at=now(session)))
+        session.commit()
     job = order(lab, steps=6, training_file=made["job"]["training_file"])
     stub_worker.tidy()
     shown = show(lab, job)
     assert shown["lora"]["init"]["method"] == best["name"]
     assert made["id"] in chosen(shown)["lora.init"]["reason"]
     assert shown["method"]["supervised"]["hyperparameters"]["learning_rate"] == best["learning_rate"]
+
+
+def test_the_report_of_what_was_tried_shows_it_and_has_no_request_to_repeat(lab: Lab) -> None:
+    job = order(lab)
+    work(until=job["id"])
+    page = lab.client.get(f"{EXPERIMENTS}/{show(lab, job)['experiment_id']}/report").text
+    assert "lora_one at 0.001: validation loss" in page
+    assert "To repeat it" not in page

@@ -34,6 +34,12 @@ class Experiment(Base):
     # What was decided at each rung (`api.core.experiments.halving`), in order; empty without that schedule.
     decisions: Mapped[list[Any]] = mapped_column(Json)
 
+    @property
+    def chooses_for(self) -> str | None:
+        """The job whose initialization this experiment chooses (`api.core.experiments.auto`); None for all others."""
+        probe: dict[str, Any] = self.request.get("probe") or {}
+        return probe.get("job_id")
+
 
 class Cell(Base):
     """One job of an experiment: one initialization at one rank, one learning rate and one seed.

@@ -12,6 +12,7 @@ from api.core.db.database import now
 from api.core.db.tables import FINAL_STATUSES, Cell, Checkpoint, Experiment, File, Job, Metric
 from api.core.experiments import probe
 from api.core.experiments.auto.choice import INIT, settle, take_by_rule
+from api.core.experiments.experiments import list_rungs
 from api.core.jobs import admission, checkpoints, events, pauses
 from api.core.jobs import jobs as changes
 from lorainit.config.spec import Choice, Lora
@@ -22,10 +23,10 @@ def follow(session: Session, experiment: Experiment, cells: Sequence[Cell], jobs
 
     `jobs`: all jobs that belong to the experiment, by id; the one it chooses for is one of them until it is removed.
     """
-    if not experiment.request.get("probe") or experiment.status == "succeeded":
+    if experiment.chooses_for is None or experiment.status == "succeeded":
         return
     open_jobs = [jobs[cell.job_id] for cell in cells if _is_open(jobs.get(cell.job_id))]
-    job = jobs.get(experiment.request["probe"]["job_id"])
+    job = jobs.get(experiment.chooses_for)
     if job is None or job.status in FINAL_STATUSES:
         _stop(session, open_jobs, "The job that this one was tried for has ended")
         _end(session, experiment, "cancelled")
@@ -57,16 +58,18 @@ def _decide(
     open_jobs: Sequence[Job],
 ) -> None:
     """Once the last look is taken, let the job (`owner`) go on in place of the best candidate."""
-    looks = experiment.request["probe"]["looks"]
-    if len(experiment.decisions) == len(looks) and len(open_jobs) == 1 and open_jobs[0].halted_at is not None:
+    if (
+        len(experiment.decisions) == len(list_rungs(experiment.request))
+        and len(open_jobs) == 1
+        and open_jobs[0].halted_at is not None
+    ):
         best = next(cell for cell in cells if cell.job_id == open_jobs[0].id)
         _adopt(session, experiment, owner, best, open_jobs[0])
         _end(session, experiment, "succeeded")
     elif not open_jobs:
         why, ended = _explain_no_winner(experiment, [jobs[cell.job_id] for cell in cells if cell.job_id in jobs])
         take_by_rule(session, owner, f"no candidate could be chosen, since {why}")
-        if experiment.finished_at is None:
-            _end(session, experiment, ended)
+        _end(session, experiment, ended)
 
 
 def _explain_no_winner(experiment: Experiment, candidates: Sequence[Job]) -> tuple[str, str]:
@@ -119,5 +122,7 @@ def _stop(session: Session, jobs: Sequence[Job], text: str) -> None:
 
 
 def _end(session: Session, experiment: Experiment, status: str) -> None:
-    experiment.status, experiment.finished_at = status, now(session)
-    session.flush()
+    """End the experiment, unless somebody has cancelled it or it has ended before."""
+    if experiment.finished_at is None:
+        experiment.status, experiment.finished_at = status, now(session)
+        session.flush()

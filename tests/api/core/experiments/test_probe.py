@@ -49,11 +49,16 @@ def test_a_long_job_tries_as_many_candidates_as_there_are_and_a_short_one_none()
 
 def test_the_least_number_of_steps_is_enough_and_one_less_is_not() -> None:
     least = probe.find_least_steps(warmup_ratio=0.03)
+    assert least is not None
     found = [
         probe.plan(steps, warmup=math.ceil(0.03 * steps), budget=int(probe.BUDGET * steps), available=probe.MOST)
         for steps in (least - 1, least)
     ]
     assert found[0] is None and found[1] is not None
+
+
+def test_with_a_warm_up_of_half_the_job_no_length_is_enough() -> None:
+    assert probe.find_least_steps(warmup_ratio=0.5) is None
 
 
 def test_of_equally_good_candidates_the_cheapest_wins_at_its_higher_rate() -> None:
